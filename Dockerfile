@@ -2,6 +2,7 @@
 #
 #   docker build -t atelier .
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" atelier train-ldm -cfg configs/own64_ldm.json
+#   docker run --rm --gpus all -p 7860:7860 -v "$PWD:/work" atelier app --host 0.0.0.0
 #
 # torch's wheels for Linux bring CUDA. For a machine without a GPU, --build-arg TORCH_INDEX=URL names the index of torch's wheels
 # for a CPU, which pytorch.org shows under "Get started"; the image is then some gigabytes smaller.
@@ -20,7 +21,7 @@ COPY src src
 COPY configs configs
 # The package is this folder, so it has no version to pin.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[eval]"
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[app,eval]"
 
 WORKDIR /work
 ENTRYPOINT ["atelier"]

@@ -103,4 +103,6 @@ def main() -> typing.NoReturn:
 
 
 if __name__ == "__main__":
+    # So a worker that is spawned runs this file by its path, which gives it the package under the name `src`, too.
+    __spec__ = None
     main()

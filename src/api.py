@@ -2,10 +2,12 @@
 
 from . import threads  # noqa: F401, I001 (before torch, which reads it at its start)
 import argparse
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from . import figures
@@ -18,6 +20,7 @@ from .sampling.conditions import read_given
 from .sampling.config import SamplerConfig, count_for_classes
 from .sampling.files import batches_by_shape
 from .sampling.sampler import Sampler, build_sampler, random_labels
+from .storage.hub import forget
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,10 +109,12 @@ class Pretrained:
                 images |= {i: figures.to_image(pixels) for i, pixels in zip(batch, figures.to_uint8(x), strict=True)}
         return [images[i] for i in range(count)]
 
-    def _join(self, classes: int | Sequence[str | int]) -> str:
-        """Classes as one text. A number is that of a class, also where a class has a number for its name."""
+    def _join(self, classes: Any) -> str:
+        """Classes as one text. A number, of NumPy and torch too, is that of a class, also where a class has a number for its
+        name."""
         names, words = self.class_names, list[str]()
-        for each in [classes] if isinstance(classes, int) else classes:
+        for each in classes if np.ndim(classes) else [classes]:
+            each = each if isinstance(each, str) else operator.index(each)
             if isinstance(each, int) and not 0 <= each < len(names):
                 raise UserError(f"class {each} is not known: {self.opened.path} has {len(names)} classes")
             words.append((names[each] if isinstance(each, int) else each).replace("/", "\\/"))
@@ -120,4 +125,5 @@ def from_pretrained(name: str, *, device: str | None = None) -> Pretrained:
     """Open a run by its path (a run, a checkpoint, a final folder, an export) or by its name on the Hugging Face hub,
     OWNER/NAME[@REVISION], on the `device` (cpu, cuda, mps; default: the best there is). A UserError says what is missing."""
     _, chosen = start_sampling(device)
+    forget(name)
     return Pretrained(open_trained(name, chosen), chosen)

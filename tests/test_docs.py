@@ -83,6 +83,8 @@ def test_the_site_has_every_page_and_no_dead_link(tmp_path: Path) -> None:
         if path.name != "README.md":
             assert (tmp_path / f"{path.stem}.html").exists() and f'href="{path.stem}.html"' in start, path.name
     assert (tmp_path / "benchmarks" / "results" / "race_samples.png").exists()
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [path.name for path in PAGES if path.name != "README.md" and f" {path.name}\n" not in nav] == []
     reference = (tmp_path / "reference.html").read_text(encoding="utf-8")
     assert 'id="src.sampling.sampler.build_sampler"' in reference and "x_t = alpha" in reference
     pages = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -230,3 +231,23 @@ def test_import_atelier_is_light() -> None:
     assert done.stdout.split() == ["False", "False", "Pretrained", "from_pretrained"], done.stderr
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         _ = src.other
+
+
+def test_a_run_keeps_to_the_autoencoder_of_the_hub_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is pushed there meanwhile: it is not asked for."""
+    from src.runs import autoencoder
+
+    monkeypatch.setattr(autoencoder, "kept_autoencoder", lambda run_dir, device: f"that of {run_dir.name}")
+    monkeypatch.setattr(autoencoder, "open_autoencoder", lambda name, device: SimpleNamespace(notes=(), name=name))
+    run, cpu = tmp_path / "run", torch.device("cpu")
+    assert autoencoder.autoencoder_for("me/vae", run, cpu).name == "me/vae"
+    (run / "autoencoder").mkdir(parents=True)
+    (run / "autoencoder" / "autoencoder_config.json").write_text('{"path": "me/vae"}')
+    assert autoencoder.autoencoder_for("me/vae", run, cpu) == "that of run"
+    assert autoencoder.autoencoder_for("me/other", run, cpu).name == "me/other", "the config names another one now"
+
+
+def test_classes_are_numbers_of_numpy_too(smoke_run: Path) -> None:
+    cats = src.from_pretrained(str(smoke_run), device="cpu")
+    for one in (np.int64(1), torch.tensor(1), np.arange(1, 2), [1], 1):
+        assert np.array_equal(*(np.asarray(cats.draw(classes=c, num_samples=1, steps=1)[0]) for c in (one, "cross"))), one

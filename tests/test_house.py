@@ -184,7 +184,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_site(site: Path, folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Python's answer in a folder from which the clone is not seen."""
-    variables |= {"PYTHONPATH": str(site)}
+    variables = {"PYTHONPATH": str(site), **variables}
     return subprocess.run([sys.executable, *words], cwd=folder, env=environment(**variables), capture_output=True, text=True)
 
 
@@ -236,6 +236,18 @@ def test_two_processes_train_from_the_wheel_and_the_command_draws(site: Path, tm
     assert done.returncode == 0 and "= 2 x cpu x" in done.stdout, done.stderr
     done = in_site(site, tmp_path, "-m", "atelier", "sample", "run", "--num-samples", "2", "--steps", "2", "--out", "drawn")
     assert done.returncode == 0 and (tmp_path / "drawn" / "grid.png").exists(), done.stderr
+
+
+def test_a_spawned_worker_of_the_installed_command_has_the_package(site: Path, tmp_path: Path) -> None:
+    """As on a Mac, where a loader's workers are spawned."""
+    (tmp_path / "smoke.json").write_text((ROOT / "configs" / "smoke" / "ddpm.json").read_text())
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
+    )
+    words = ["-m", "atelier", "ddpm-accelerate", "-cfg", "smoke.json", "--run-dir", "run", "--set", "workers=1"]
+    words += [word for one in ("steps=2", "preview.quality=null", "preview.every=null") for word in ("--set", one)]
+    done = in_site(site, tmp_path, *words, PYTHONPATH=f"{site}{os.pathsep}{tmp_path}")
+    assert done.returncode == 0, done.stderr
 
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.json") if "schemas" not in path.parts)

@@ -22,7 +22,7 @@ MODULES = {
     "prepare_data": 104,
     "convert": 77,
     "doctor": 127,
-    "app": 98,
+    "app": 100,
 }
 TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
 HEAVY = {

@@ -10,6 +10,8 @@ from ..config import UserError
 from ..data.names import parse_classes
 from ..sampling.config import SamplerConfig, sampler_words
 
+MOST_IMAGES = 64  # of one job
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrawRequest:
@@ -100,9 +102,12 @@ def join_classes(chosen: Sequence[str], class_names: Sequence[str], shares: str 
 
 
 def divisible(count: int, classes: str | None, class_names: Sequence[str]) -> int:
-    """The least number of images from `count` on that can be dealt to the classes in equal blocks."""
+    """The least number of images from `count` on that can be dealt to the classes in equal blocks; a UserError where that is
+    more than one job may draw."""
     blocks = len(parse_classes(classes, class_names)) if classes is not None else 1
-    return -(-count // blocks) * blocks
+    if (number := -(-count // blocks) * blocks) > MOST_IMAGES:
+        raise UserError(f"shares of {blocks} in all need {number} images, and {MOST_IMAGES} is the most: give smaller shares")
+    return number
 
 
 def whole(value: Any, name: str, low: int, high: int) -> int:

@@ -14,7 +14,7 @@ from ..report.report import NAME as REPORT
 from ..report.report import duration
 from ..report.run_files import KINDS, finite_or_none, read_document, read_lines
 from ..report.samples import PageImage, find_samples, load_image
-from .places import Places
+from .places import Places, file_stamp
 
 PREVIEW_BYTES = 60_000
 NUMBERS = (r"held_out_loss", r"held_out_l1", r"held_out_psnr", r"held_out_accuracy", r"frechet", r"evaluation_frechet")
@@ -36,22 +36,18 @@ class Card(NamedTuple):
     has_report: bool
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """When a file was written, and its size; zeros where there is none."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return 0, 0
-    return stat.st_mtime_ns, stat.st_size
+def is_inside(run: Path, file: Path) -> bool:
+    """Whether a file of a run is in its folder, too, and no link to somewhere else."""
+    return file.resolve().is_relative_to(run.resolve())
 
 
 def last_preview(run: Path) -> Path | None:
     """The newest preview of a run, or else the plot of where its points went, or what it was trained on."""
     samples = find_samples(run / "samples")
-    if samples:
-        return next(iter(samples[max(samples)].values()))
+    if samples and is_inside(run, newest := next(iter(samples[max(samples)].values()))):
+        return newest
     others = [run / "points" / "x1.png", run / "contact_sheet.png"]
-    return next((path for path in others if path.is_file()), None)
+    return next((path for path in others if path.is_file() and is_inside(run, path)), None)
 
 
 def read_card(name: str) -> Card:
@@ -59,7 +55,7 @@ def read_card(name: str) -> Card:
     run = Path(name)
     preview = last_preview(run)
     files = [run / "metrics.jsonl", run / "status.json", run / "config.json", run / "final" / "config.json"]
-    stamps = [_stamp(path) for path in (*files, *([preview] if preview is not None else []))]
+    stamps = [file_stamp(path) for path in (*files, *([preview] if preview is not None else []))]
     card = _read_card(name, preview, tuple(stamps))
     state, is_running = describe_state(read_document(run / "status.json", dict) or {}, time.time())
     return card._replace(state=state, is_running=is_running, has_report=(run / REPORT).is_file())

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from ..config import UserError, validate
 from ..diffusion import SOLVERS, SPACINGS
-from ..runtime.failures import reason_of
+from ..runtime.failures import OutOfMemory, reason_of
 from ..sampling import SamplerConfig
-from .asking import whole
+from .asking import MOST_IMAGES, whole
 from .device import Device, Stopped, stream
-from .drawing import MOST_IMAGES, MOST_STEPS
+from .drawing import MOST_STEPS
 from .places import NEWEST, Facts, Places, kind_of_run
 
 QUEUE = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress": "minimal"}  # of events that draw
@@ -27,6 +27,8 @@ QUEUE = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress": "m
 
 def explain(error: Exception) -> str:
     """An error as one line for the visitor; what no visitor can mend is printed in full where the page was started."""
+    if isinstance(error, OutOfMemory):
+        return "the device has too little memory for that: ask for fewer images, or for a smaller size"
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, FileNotFoundError):

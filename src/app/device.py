@@ -78,7 +78,7 @@ class Device:
             return self.runs[path][1] if path in self.runs else None
         try:
             return self.open(path)
-        except UserError:
+        except (UserError, OSError, RuntimeError):  # drawing says what is wrong
             return None
         finally:
             torch.set_num_threads(self.threads)

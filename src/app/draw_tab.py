@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from .asking import DrawRequest, divisible, join_classes, whole
+from .asking import MOST_IMAGES, DrawRequest, divisible, join_classes, whole
 from .controls import (
     QUEUE,
     Page,
@@ -18,7 +18,7 @@ from .controls import (
     show_job,
     stop_button,
 )
-from .drawing import MOST_IMAGES, draw_images
+from .drawing import draw_images
 
 
 def read_request(

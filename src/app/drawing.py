@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import figures
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHOW_EVERY = 0.4  # seconds between two images of the page while it draws
-MOST_IMAGES, MOST_STEPS = 64, 1000  # of one job
+MOST_STEPS = 1000  # of one job
 Show = Callable[[Any], None]
 
 
@@ -93,6 +94,7 @@ class Prepared(NamedTuple):
 def prepare(device: Device, request: DrawRequest) -> Prepared:
     """All that a request needs, in the order of sample.py, on which the number of threads depends. A UserError says what does
     not fit the run."""
+    torch.set_num_threads(device.threads)  # a run of a job before may have asked for others
     opened = device.open(request.run)
     if not isinstance(opened, Opened):
         raise UserError(f"{request.run} draws 2-D points: go to the tab Points")
@@ -116,11 +118,17 @@ def draw_images(device: Device, request: DrawRequest, folder: Path, show: Show) 
         sheet = folder / ("side_by_side.png" if plan.conditioned is not None else "grid.png")
         words = f"{plan.count} images of {opened.path} (step {opened.step}), {sampler.calls(plan.edit)} network calls a batch"
         if larger is not None:
-            show(None)
             names = [plan.class_names[label] for label in plan.labels] if plan.labels is not None else None
             at = {"level": request.condition_noise, "seed": request.seed, "batch_size": request.batch_size}
             paths += write_larger(
-                larger, sampler_of(larger, request.spec), folder, class_names=names, **at, device=device.device, ranks=SINGLE
+                larger,
+                sampler_of(larger, request.spec),
+                folder,
+                class_names=names,
+                **at,
+                device=device.device,
+                ranks=SINGLE,
+                watch=Progress(show, plan.count).watch,
             )
             sheet, words = folder / "larger" / "grid.png", f"{words}; then made larger by {larger.path}"
     files = [sheet, *folder.glob("denoising.gif")]

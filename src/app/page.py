@@ -15,7 +15,7 @@ from ..config.packages import needed
 from ..config.progress import say
 from ..report.report import NAME as REPORT
 from .between_tab import build_between_tab
-from .cards import read_cards, render_cards
+from .cards import is_inside, read_cards, render_cards
 from .compare_tab import build_compare_tab
 from .controls import Page
 from .device import Device
@@ -114,6 +114,8 @@ def serve(
     """The page on a server, as gradio's Blocks, until the block ends. It listens on the loopback where neither `host` nor
     GRADIO_SERVER_NAME says another address. A UserError where the port is in use."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for key in ("NO_PROXY", "no_proxy"):  # gradio asks its own server, which no proxy reaches
+        os.environ[key] = ",".join(filter(None, [os.environ.get(key), "localhost", "127.0.0.1"]))
     address = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     if port is not None:
         check_port(address, port)
@@ -141,7 +143,7 @@ def serve(
                 css=STYLE,
                 ssr_mode=False,
             )
-        except (OSError, ServerFailedToStartError) as error:
+        except (OSError, ValueError, ServerFailedToStartError) as error:
             raise UserError(f"the page cannot be served: {error}") from None
         add_reports(app, places)
         say(f"the page is at {local}; Ctrl-C ends it")
@@ -170,7 +172,7 @@ def add_reports(app: Any, places: Places) -> None:
             return PlainTextResponse("log in first", status_code=401)
         name = request.path_params["name"]
         path = Path(name) / REPORT
-        if name not in places.names() or not path.is_file():
+        if name not in places.names() or not path.is_file() or not is_inside(Path(name), path):
             return PlainTextResponse("there is no report of such a run", status_code=404)
         headers = {"Content-Security-Policy": "sandbox allow-scripts", "Cache-Control": "no-cache"}
         return FileResponse(path, media_type="text/html", headers=headers)

@@ -1,5 +1,6 @@
 """The runs that the page knows: those below `runs/` and `models/`, and those that its owner named. No other path is opened."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,22 @@ def kind_of_run(config: Mapping[str, Any]) -> str:
 
 
 def read_facts(path: Path) -> Facts:
-    """Those of a run, a checkpoint, a final folder; of an export only that it is one."""
+    """Those of a run, a checkpoint, a final folder, read anew where its files changed; of an export only that it is one."""
+    files = [folder / f"{name}.json" for folder in (path, path / "final") for name in ("config", "data")]
+    return _read_facts(path, tuple(file_stamp(file) for file in (path, *files, path / "checkpoints")))
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """When a file was written, and its size; zeros where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
+
+
+@functools.lru_cache(maxsize=2000)
+def _read_facts(path: Path, stamps: tuple[Any, ...]) -> Facts:
     if not path.is_dir():
         return Facts({}, (), "export" if path.suffix == ".pt" else "hub" if "/" in str(path) else "other")
     for folder in (path, path / "final", *sorted(path.glob("checkpoints/step_*"), reverse=True)):
@@ -87,9 +103,15 @@ class Places:
             return path.suffix == ".pt"
         return any((path / name / "config.json").is_file() for name in (".", "final")) and kind_of_entry(path) != "other"
 
+    def has(self, name: str) -> bool:
+        """Whether it is among `names`."""
+        root, _, entry = name.rpartition("/")
+        is_below = root in self.roots and entry not in ("", "..") and entry[0] != "." and "\\" not in entry
+        return name in self.named or (is_below and self._is_run(Path(name)))
+
     def checkpoints(self, name: str | None) -> list[str]:
         """What of a run can be drawn from: `newest`, its checkpoints and its post-hoc averages, as its folders are named."""
-        if not name or name not in self.names():
+        if not name or not self.has(name):
             return [NEWEST]
         run = Path(name)
         steps = [path.name for path in sorted(run.glob("checkpoints/step_*"), reverse=True) if path.is_dir()]
@@ -101,7 +123,7 @@ class Places:
         none of `names`, and for a run that is gone."""
         if not name:
             raise UserError("choose a run; there is none below runs/ or models/ yet if the list is empty")
-        if name not in self.names():
+        if not self.has(name):
             is_inside = any(re.fullmatch(rf"{re.escape(root)}/[^/\\]+", name) for root in self.roots) and ".." not in name
             reason = "is gone; choose another" if is_inside else "is none of the runs on this page; choose one of the list"
             raise UserError(f"the run {printable(name)} {reason}")
@@ -120,7 +142,7 @@ class Places:
 
     def facts(self, name: str | None) -> Facts:
         """Those of a run of this page; empty ones where it is gone."""
-        return read_facts(Path(name)) if name and name in self.names() else Facts({}, (), "other")
+        return read_facts(Path(name)) if name and self.has(name) else Facts({}, (), "other")
 
 
 def kind_of_entry(path: Path) -> str:

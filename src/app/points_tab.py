@@ -152,8 +152,7 @@ def build_points_tab(page: Page) -> None:
                     return move_drawing(page.device, density, spec, number, at, folder, show)
             else:
                 request = DrawRequest(run=page.places.place(name), spec=spec, num_samples=number, seed=at, frames=True)
-                words = [word for word in request.words if word not in ("--batch-size", "16")]
-                command = command_line("sample.py", words)
+                command = request.command(page.device_word)
 
                 def move_them(show: Show) -> Result:
                     return move_run(page.device, request, folder, show)

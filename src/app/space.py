@@ -11,9 +11,10 @@ import torch
 from ..config import UserError
 from ..config.packages import ask_for
 from ..data.names import join_names
-from ..runs.folders import read_weights, run_name
-from ..runs.opened import Run, open_run
-from ..runtime.checkpoint import export
+from ..report.card import draws_from_noise
+from ..runs.folders import run_name
+from ..runs.opened import Opened, Run, open_run
+from ..runs.sharing import share_run
 
 # What drawing needs, as pip installs it; gradio comes with the Space.
 PACKAGES = (
@@ -44,24 +45,32 @@ images is yours to name: add `license:` to the header of this file.
 
 def write_space(out: Path, run: str, device: torch.device) -> list[Path]:
     """Write the folder `out`, a Space of the `run`, and give what is in it. The data of the run is not there. A UserError where
-    the folder holds something, or where the run draws nothing."""
+    the folder holds something, or where the run could draw nothing there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give another --export, or remove it")
     ask_for("a Space (app.py --export)", "gradio")
     opened = open_run(run, device)
     root = Path(__file__).resolve().parents[1]
     scripts = root / "scripts" if (root / "scripts").is_dir() else root.parent  # of the installed package, or of a clone
-    weights, name = read_weights(Path(run)), run_name(run)
-    if opened.facts.get("latents") is not None and weights.folder.parent.name == "checkpoints":
-        raise UserError(f"{run} has no final weights yet: finish the run, or continue it to its last step, and export it then")
-    place = out / "runs" / name
-    if weights.folder.is_file() or weights.folder.parent.name == "checkpoints":
-        place = out / "models" / f"{name}.pt"
-        place.parent.mkdir(parents=True)
-        export(place, weights.tensors, opened.config, weights.data, weights.step)
+    name = run_name(run)
+    if isinstance(opened, Opened) and not opened.gaussian:
+        raise UserError(
+            f"{run} starts from images, not from noise, and no image travels with a Space, so it would draw nothing there"
+        )
+    if Path(run).is_file():
+        (out / "models").mkdir(parents=True)
+        shutil.copy(run, out / "models" / f"{name}.pt")
     else:
-        shutil.copytree(weights.folder, place / "final", ignore=shutil.ignore_patterns("optimizer*"))
-        copy_preview(Path(run), place)
+        shared = share_run(run)
+        for file, content in shared.files.items():
+            path = out / "runs" / name / "final" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                shutil.copy(content, path)
+        if draws_from_noise(shared.config):  # other previews show images of the data
+            copy_preview(shared.directory, out / "runs" / name)
     shutil.copytree(root, out / "src", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "scripts"))
     shutil.copy(scripts / "app.py", out / "app.py")
     (out / "requirements.txt").write_text("".join(f"{package}\n" for package in PACKAGES), encoding="utf-8")

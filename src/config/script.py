@@ -23,7 +23,7 @@ class UserError(ValueError):
 
 def script_command(script: Path) -> list[str]:
     """What starts a script: Python with its path, or where the package is installed without a clone, the command `atelier`."""
-    if script.parent.name == "scripts":  # beside the package, where `src` is not found
+    if script.parent.name == "scripts" and not (script.parent / "src").is_dir():  # beside the package, where `src` is not found
         return [sys.executable, "-m", "atelier", script.stem]
     return [sys.executable, str(script)]
 

@@ -66,6 +66,9 @@ def starts_from(cfg: Any, bucket: str | None = None) -> Verdict:
     for key, name in starts(cfg, fresh=True).items():
         if key == "autoencoder":
             continue
+        if not Path(name).expanduser().exists() and "/" in name and is_hub_name(name) and not _in_bucket(bucket, name):
+            lines.append(f"{name}: of the hub, not tried")
+            continue
         try:
             lines.append(f"{name} (step {read_weights(Path(name).expanduser()).step}) is here")
         except UserError as error:

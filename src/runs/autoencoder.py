@@ -146,14 +146,18 @@ def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 
 
 def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencoder:
-    """The autoencoder that a config names; where it is gone, the one that the latent run `run_dir` keeps."""
+    """The autoencoder that a config names; where it is gone, the one that the latent run `run_dir` keeps. Where the hub has it,
+    the run keeps to the one that it began with, whatever is pushed there meanwhile."""
+    kept_document, on_hub = run_dir / "autoencoder" / "autoencoder_config.json", "/" in name and is_hub_name(name)
+    if on_hub and not Path(name).exists() and kept_document.exists() and read_json(kept_document)["path"] == name:
+        return kept_autoencoder(run_dir, device)
     try:
         autoencoder = open_autoencoder(name, device)
         if autoencoder.notes and os.environ.get("RANK", "0") == "0":
             print("\n".join(autoencoder.notes), flush=True)
         return autoencoder
     except UserError:
-        if not (run_dir / "autoencoder" / "autoencoder_config.json").exists():
+        if not kept_document.exists():
             raise
         return kept_autoencoder(run_dir, device)
 

@@ -55,11 +55,17 @@ def for_each_tracker(accelerator: Any, warn: Warn, do: Callable[[], Any]) -> Non
         accelerator.trackers = opened
 
 
-def log_images(accelerator: Any, images: Mapping[str, Path], step: int, warn: Warn) -> None:
-    """Show image files, {name: file}, in all trackers at `step`, on the first process. A file that is not there is left out."""
+def log_images(accelerator: Any, images: Mapping[str, Path], step: int, warn: Warn, *, may_leave: bool = True) -> None:
+    """Show image files, {name: file}, in all trackers at `step`, on the first process. A file that is not there is left out.
+    Images that may not leave this machine are not shown in wandb."""
     if accelerator.is_main_process:
         there = {name: path for name, path in images.items() if path.is_file()}
-        for_each_tracker(accelerator, warn, lambda: _show(accelerator.trackers[0], there, step))
+
+        def show() -> None:
+            if may_leave or accelerator.trackers[0].name != "wandb":
+                _show(accelerator.trackers[0], there, step)
+
+        for_each_tracker(accelerator, warn, show)
 
 
 def _show(tracker: Any, images: Mapping[str, Path], step: int) -> None:

@@ -1,6 +1,6 @@
 """Cascades: what one run draws, made larger by an upsampler (Ho et al. 2021, arXiv:2106.15282)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ..storage.blocks import Ranks
 from .conditions import Conditioned, read_conditions
 from .config import SamplerConfig
 from .edit import load_low
-from .files import write_samples
+from .files import Watcher, write_samples
 from .sampler import Sampler, build_sampler
 
 
@@ -43,6 +43,7 @@ def write_larger(
     batch_size: int,
     device: torch.device,
     ranks: Ranks,
+    watch: Callable[[Sequence[int], Sampler], Watcher] | None = None,
 ) -> list[Path]:
     """Make the samples of the folder larger, into its subfolder `larger`. `class_names` are those of the samples, in order;
     an upsampler that does not know one of them draws without a class. `level` is that of the noise on the samples."""
@@ -70,4 +71,5 @@ def write_larger(
         ranks=ranks,
         condition=conditioned.values,
         request={"condition": conditioned.digest},
+        watch=watch,
     )

@@ -25,6 +25,7 @@ from .locks import fcntl
 
 PATIENCE = 15.0  # seconds without an answer, after which there is no network
 HEAD_START = 2.0  # seconds that the first rank of a machine has, so that it is the one that fetches and shows its progress
+HUB_SECONDS = 120.0  # that the hub may be silent
 NOT_THERE = {"RepositoryNotFoundError", "DatasetNotFoundError"}
 UNREACHED = {
     *("ConnectError", "ConnectionError", "LocalEntryNotFoundError", "ProxyError", "SSLError", "Timeout", "TimeoutError"),
@@ -128,6 +129,8 @@ def quiet_hub(why: str, *, shown: bool = True) -> None:
         import huggingface_hub.utils.logging
 
     huggingface_hub.utils.logging.set_verbosity_error()
+    if hasattr(session := hub.get_session(), "timeout"):
+        session.timeout = HUB_SECONDS  # or a connection that hangs would be waited for without end
     is_watched = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
     if not (shown and is_watched):
         hub.disable_progress_bars()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,11 @@ def local_path(name: str | Path) -> Path:
     return _brought[name]
 
 
+def forget(name: str | Path) -> None:
+    """Let the next use of a name ask the hub for what is there then."""
+    _brought.pop(Path(name).as_posix(), None)
+
+
 def is_run(name: str) -> bool:
     """Whether the repository OWNER/NAME[@REVISION] on the hub holds a run of this project. A UserError where there is none."""
     return (from_hub(name, [MANIFEST]) / MANIFEST).is_file()
@@ -70,7 +76,7 @@ def _bring(name: str) -> Path:
     repo, _ = split_revision(name)
     place = Path(HF_HUB_CACHE) / ".locks" / f"models--{repo.replace('/', '--')}"
     is_launched = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
-    launch, marker = f"{os.getppid()} {os.environ.get('MASTER_PORT')}", place.with_name(f".{place.name}.launch.json")
+    launch, marker = _launch(), place.with_name(f".{place.name}.launch.json")
     with folder_lock(place):
         known = _read(marker) if is_launched else {}
         commits = known.get("commits", {}) if known.get("launch") == launch else {}
@@ -83,6 +89,14 @@ def _bring(name: str) -> Path:
         if is_launched:
             write_whole(marker, as_json({"launch": launch, "commits": {**commits, name: folder.name}}))
     return folder
+
+
+def _launch() -> str:
+    """What only the processes of one launch on this machine have in common."""
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    return f"{platform.node()} {parent.pid} {parent.create_time()} {os.environ.get('MASTER_PORT')}"
 
 
 def _read(path: Path) -> dict[str, Any]:

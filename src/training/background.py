@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..runtime.checkpoint import step_folder
@@ -30,6 +31,7 @@ class Background:
         self._back = False  # the run went back to the next one: newer ones there are void
         self._closing = self._is_last = False
         self._failed: str | None = None
+        self._is_done = False  # whether the thread came to its end as it should
         self._thread = threading.Thread(target=self._work, name=type(self).__name__, daemon=True)
         self._thread.start()
 
@@ -48,13 +50,18 @@ class Background:
 
     def close(self) -> bool:
         """Push what is left, as long as that takes, or say how to push it later; gives whether all is there."""
+        self.begin_close()
+        self._thread.join()
+        failed = self._failed if self._is_done else self._failed or "its thread has ended"
+        if (line := self._last_line(failed)) is not None:
+            self.say(line)
+        return failed is None
+
+    def begin_close(self) -> None:
+        """Let it push what is left, without waiting for it."""
         with self._condition:
             self._closing = True
             self._condition.notify()
-        self._thread.join()
-        if (line := self._last_line(self._failed)) is not None:
-            self.say(line)
-        return self._failed is None
 
     def _put(self, step: str | None, back: bool) -> None:
         """Bring the checkpoint of this name there, and what belongs to it; `_is_last` says that the run has ended."""
@@ -76,7 +83,7 @@ class Background:
             failed = None
             try:
                 self._put(self._now, back)
-            except Exception as error:  # whatever it is, training goes on
+            except BaseException as error:  # whatever it is, training goes on
                 failed = str(error) or type(error).__name__
             with self._condition:
                 self._failed = failed
@@ -85,7 +92,9 @@ class Background:
                 self._now = None
             if (failed is None) != (before is None):
                 warning = f"warning: {self.failing} ({failed}); it is tried again, and training goes on"
-                self.say(warning if failed is not None else self.works)
+                with suppress(Exception):  # the log may be closed by now
+                    self.say(warning if failed is not None else self.works)
             if closing and failed is not None and attempts > 1:
                 closing, attempts = False, attempts - 1
                 time.sleep(LAST_RETRY_SECONDS)
+        self._is_done = True

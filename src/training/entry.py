@@ -66,6 +66,8 @@ def _run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = None,
     finally:
         for uploads in run_mode.uploads:
             uploads.say = say
+            uploads.begin_close()
+        for uploads in run_mode.uploads:
             with closing(Phases("", at_once=True)) as phases:
                 phases.enter(f"putting what is left into {uploads.where}")
                 is_whole &= uploads.close()

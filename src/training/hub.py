@@ -36,4 +36,4 @@ class HubPushes(Background):
         if failed is None:
             return f"{self._run_dir} is at {self._address}" if self._address is not None else None
         later = f"python convert.py push {quoted(self._run_dir)} {quoted(self._cfg.name)}"
-        return f"{self._run_dir} is NOT at {self.where} as it is here; later: {later}"
+        return f"{self._run_dir} is NOT at {self.where} as it is here ({failed}); later: {later}"

@@ -244,7 +244,7 @@ class Session:
             self.run.report(now=True)
             if self.step == 1 or self.continued:
                 first = [path for path in sorted(self.run.path.glob("*.png")) if path != self.run.loss_curves]
-                self._track({f"first_images/{path.stem}": path for path in first}, self.step - 1)
+                self._track({f"first_images/{path.stem}": path for path in first}, self.step - 1, may_leave=False)
 
     # ------------------------------------------------------------------------------------------ now and then
 
@@ -331,10 +331,10 @@ class Session:
         self.run.report(now=self.is_due("preview"))
         self.clock.leave()
 
-    def _track(self, images: dict[str, Path], step: int) -> None:
-        """Show image files of the run, {name: file}, in its trackers."""
+    def _track(self, images: dict[str, Path], step: int, *, may_leave: bool = True) -> None:
+        """Show image files of the run, {name: file}, in its trackers; those that may not leave this machine not in wandb."""
         if self.accelerator.trackers:
-            log_images(self.accelerator, images, step, self.run.warn)
+            log_images(self.accelerator, images, step, self.run.warn, may_leave=may_leave)
 
     def save(self, *, keep: bool = False, **more_progress: Any) -> bool:
         """Write a checkpoint where one is due or to `keep`, or where a stop or the clock asks for it; gives whether it did.

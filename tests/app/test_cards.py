@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.app.cards import describe_state, last_preview, read_card, read_cards, render_cards, report_address
+from src.app.cards import describe_state, is_inside, last_preview, read_card, read_cards, render_cards, report_address
 from src.app.places import Places
 
 
@@ -64,3 +64,12 @@ def test_damaged_files_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (run / "samples" / "step_00000001.png").write_bytes(b"no image")
     html = render_cards(read_cards(Places()))
     assert "<b onclick" not in html and "&lt;b onclick=&quot;x&quot;&gt;" in html and "no preview" in html
+
+
+def test_a_link_out_of_a_run_is_not_followed(tmp_path: Path) -> None:
+    run, secret = tmp_path / "run", tmp_path / "secret.png"
+    (run / "samples").mkdir(parents=True)
+    secret.write_bytes(b"")
+    (run / "contact_sheet.png").symlink_to(secret)
+    (run / "report.html").symlink_to(secret)
+    assert not is_inside(run, run / "report.html") and is_inside(run, run / "samples") and last_preview(run) is None

@@ -235,14 +235,17 @@ def test_a_space_starts_as_it_is(place: Path, tmp_path: Path) -> None:
         write_space(out, "runs/shapes", CPU)
 
 
-def test_a_space_of_a_checkpoint_or_an_export_has_one_file_of_weights(place: Path, tmp_path: Path) -> None:
-    for run in ("runs/shapes/checkpoints/step_00000020", "models/shapes.pt"):
+def test_a_space_of_a_checkpoint_or_an_export_has_its_weights(place: Path, tmp_path: Path) -> None:
+    export, checkpoint = "models/shapes.pt", "runs/shapes/checkpoints/step_00000020"
+    for run, exported_as in ((checkpoint, "runs/shapes"), (export, export)):
         out = tmp_path / run.split("/")[0]
         write_space(out, run, CPU)
-        exported, ours = (open_run(path, CPU) for path in (out / "models" / "shapes.pt", run))
+        exported, ours = (open_run(path, CPU) for path in (out / exported_as, run))
         for key, value in ours.network.state_dict().items():
             assert torch.equal(exported.network.state_dict()[key], value)
-        assert exported.step == ours.step and not (out / "runs").exists()
+        assert exported.step == ours.step and not list(out.rglob("optimizer*.safetensors"))
+    write_space(tmp_path / "larger", "runs/larger", CPU)
+    assert not list((tmp_path / "larger" / "runs").rglob("*.png")), "a preview of it shows images of the data"
     write_space(tmp_path / "points", "runs/points", CPU)
     opened = open_run(tmp_path / "points" / "runs" / "points", CPU)
     card = render_card(opened, 'a "name": b')

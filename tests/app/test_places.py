@@ -145,6 +145,8 @@ def test_shares_deal_classes_to_blocks() -> None:
     assert join_classes(["a/b", "cat"], names, " ") == "a\\/b/cat"
     assert join_classes(["a", "b"], ["a", "b", "a/b"]) == "0/1" or join_classes(["a", "b"], ["a", "b", "a/b"]) == "a/b"
     assert divisible(16, "dog/dog/cat", names) == 18 and divisible(5, None, []) == 5
+    with pytest.raises(UserError, match="shares of 100 in all need 100 images"):
+        divisible(16, "/".join(["dog"] * 100), names)
     assert parse_shares(None, 3) == [1, 1, 1] and parse_shares("1/20", 2) == [1, 20]
     for text in ("1", "1/2/3", "0/1", "a/b", "1/101", "1.5/1"):
         with pytest.raises(UserError, match="give a number from 1 to 100 for each of"):

@@ -92,8 +92,7 @@ def test_the_points_of_a_run_are_those_of_the_script(place: Path, tmp_path: Path
         run="runs/points", spec=validate(SamplerConfig, {"solver": "euler", "steps": 3}), num_samples=50, seed=2
     )
     result = move_run(Device(CPU), request, tmp_path / "ours", lambda _: None)
-    words = [word for word in request.words if word not in ("--batch-size", "16")]
-    run_here("sample", *shlex.split(shlex.join(words)), "--device", "cpu", "--out", tmp_path / "theirs", cwd=place)
+    run_here("sample", *shlex.split(request.command("cpu"))[2:], "--out", tmp_path / "theirs", cwd=place)
     with np.load(tmp_path / "theirs" / "points.npz") as arrays, np.load(tmp_path / "ours" / "points.npz") as ours:
         assert np.array_equal(arrays["data"], ours["data"])
     assert result.sheet.name == "points.gif"

@@ -2,14 +2,18 @@
 
 import json
 import re
+import socket
+import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from pydantic import ValidationError
 
 from src.config import UserError
+from src.storage import downloads
 from src.storage.downloads import from_hub, is_hub_name, split_revision
-from src.storage.hub import HubConfig, is_signed, local_path, push_files, sign
+from src.storage.hub import HubConfig, forget, is_signed, local_path, push_files, sign
 from tests.hub_server import LARGE, READS_ONLY, TOKEN, HubServer
 
 LARGE_FILE = bytes(range(256)) * (LARGE // 256 + 1)
@@ -180,3 +184,25 @@ def test_other_repositories_bring_their_json_alone(hub: HubServer) -> None:
     folder = local_path("other/net")
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert from_hub("other/net@main", ["weights.bin"]) == folder and (folder / "weights.bin").exists()
+
+
+def test_a_hub_that_takes_the_connection_and_is_silent_is_not_waited_for(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(downloads, "HUB_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        assert "was not reached" in refused()
+    assert time.monotonic() - began < 60 and huggingface_hub.utils.get_session().timeout.read == 0.5
+
+
+def test_a_name_is_asked_for_anew_when_it_is_forgotten(hub: HubServer) -> None:
+    push()
+    first = local_path("me/cats")
+    push(card=CARD + "more\n")
+    assert local_path("me/cats") == first
+    forget("me/cats")
+    assert local_path("me/cats") != first

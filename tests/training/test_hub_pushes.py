@@ -17,6 +17,7 @@ from src.runs.opened import open_run
 from src.runtime.checkpoint import step_folder, write_folder
 from src.storage.hub import HubConfig, local_path
 from src.training import background
+from src.training.background import Background
 from src.training.entry import run_training
 from src.training.hub import HubPushes
 from src.training.rehearsal import rehearsal_config
@@ -116,13 +117,13 @@ def test_a_wrong_token_is_said_at_the_start_and_a_command_at_the_end(
     wait_for(lambda: hub.count("create") > 1)
     save(run, 4, final=True)
     assert not sent.close()
-    words = "".join([*lines, capsys.readouterr().out])
-    assert words.count("does not take the token for me/cats (status 401)") == 1 and "hf_wrong" not in words
-    last = f"{run} is NOT at me/cats on the hub as it is here; later: python convert.py push {run} me/cats"
-    assert lines[-1] == last
+    words, reason = [*lines, capsys.readouterr().out], "does not take the token for me/cats (status 401)"
+    assert sum(reason in word and "warning" in word for word in words) == 1 and "hf_wrong" not in "".join(words)
+    first, last = f"{run} is NOT at me/cats on the hub as it is here (", f"); later: python convert.py push {run} me/cats"
+    assert lines[-1].startswith(first) and reason in lines[-1] and lines[-1].endswith(last)
     monkeypatch.delenv("HF_TOKEN")
     sent, lines = pushes(run)
-    assert not sent.close() and lines[-1] == last
+    assert not sent.close() and lines[-1].startswith(f"{first}there is no token") and lines[-1].endswith(last)
 
 
 def test_a_run_that_is_not_on_the_hub_ends_with_status_1_and_the_same_command_pushes_it(
@@ -198,3 +199,17 @@ def test_a_run_may_go_to_the_hub_later_too() -> None:
 def test_mistakes_in_the_key(tmp_path: Path, value: str, words: str) -> None:
     message = refused("ddpm_accelerate", "-cfg", SMOKE, "--set", f"hub={value}", "--run-dir", tmp_path / "run")
     assert words in message and "hf_secret" not in message and not (tmp_path / "run").exists()
+
+
+def test_a_thread_that_ends_on_an_error_of_its_own_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Background):
+        def _put(self, step: str | None, back: bool) -> None:
+            raise SystemExit("of a library")
+
+        def _last_line(self, failed: str | None) -> str | None:
+            return f"NOT there ({failed})"
+
+    lines = list[str]()
+    broken = Broken(tmp_path, "there")
+    broken.say = lines.append
+    assert not broken.close() and lines[-1] == "NOT there (of a library)"
