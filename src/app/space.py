@@ -93,6 +93,7 @@ def copy_preview(run: Path, place: Path) -> None:
     from .cards import last_preview
 
     preview = last_preview(run)
-    if preview is not None and preview.parent.name == "samples":
-        (place / "samples").mkdir(parents=True)
-        shutil.copy(preview, place / "samples" / preview.name)
+    if preview is not None and preview.is_relative_to(run / "samples"):
+        copy = place / preview.relative_to(run)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(preview, copy)

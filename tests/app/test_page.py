@@ -208,6 +208,8 @@ def test_a_space_starts_as_it_is(place: Path, tmp_path: Path) -> None:
     assert not list(out.rglob("*.jsonl")) and not list(out.rglob("data/*.png")), (
         "weights and a preview, and nothing of the data"
     )
+    previews = [path.relative_to(out) for path in (out / "runs").rglob("*.png")]
+    assert len(previews) == 1 and (place / previews[0]).is_file(), "the gallery shows it"
     header = (out / "README.md").read_text().split("---")[1]
     for line in ('title: "shapes"', "sdk: gradio", "app_file: app.py"):
         assert f"\n{line}\n" in header
