@@ -15,18 +15,6 @@ import typing
 from pathlib import Path
 from types import ModuleType
 
-PACKAGE = Path(__file__).resolve().parent
-ROOT = PACKAGE / "scripts" if (PACKAGE / "scripts").is_dir() else PACKAGE.parent  # in the wheel, or of a clone
-
-
-def import_package_as_src() -> None:
-    """Give the package that this file is in the name `src`, which the scripts import it by. Every process does so that imports
-    this file, a loader's worker on a Mac, too."""
-    if "src" not in sys.modules:
-        _load("src", PACKAGE / "__init__.py", [str(PACKAGE)])
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))  # where doctor.py imports the training scripts from
-
 
 def _load(name: str, file: Path, folders: list[str] | None = None) -> ModuleType:
     """The module of a file, imported under a name."""
@@ -37,24 +25,29 @@ def _load(name: str, file: Path, folders: list[str] | None = None) -> ModuleType
     return module
 
 
-import_package_as_src()
+# The scripts import the package by the name `src`. Every process that imports this file gives it that name; so does the worker
+# of a loader, which a Mac spawns.
+if "src" not in sys.modules:
+    _load("src", Path(__file__).with_name("__init__.py"), [str(Path(__file__).resolve().parent)])
+from src.config import SCRIPTS, UserError, quoted, run_script  # noqa: E402 (only now is there a `src`)
+
+if str(SCRIPTS) not in sys.path:
+    sys.path.append(str(SCRIPTS))  # where doctor.py imports the training scripts from
 
 
 def list_scripts() -> dict[str, Path]:
     """{"train-ldm": its file} of all scripts."""
-    return {file.stem.replace("_", "-"): file for file in sorted(ROOT.glob("*.py"))}
+    return {file.stem.replace("_", "-"): file for file in sorted(SCRIPTS.glob("*.py"))}
 
 
 def write_configs(folder: Path) -> None:
     """Copy all configs and their schemas into `folder`/configs; a UserError where that is there."""
-    from src.config import UserError, quoted
-
     place, staged = folder / "configs", folder / ".configs.part"
     if place.exists():
         raise UserError(f"{place} is there already; give another folder, or move it away")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(ROOT / "configs", staged, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SCRIPTS / "configs", staged, ignore=shutil.ignore_patterns("__pycache__"))
     staged.rename(place)
     print(f"{place} has {len(list(place.glob('*.json')))} configs; begin in {quoted(folder)} with")
     print("  atelier train-vae -cfg configs/digits_vae.json\n  atelier train-ldm -cfg configs/digits_ldm.json")
@@ -73,8 +66,6 @@ def describe() -> str:
 
 def run() -> int | None:
     """The command of sys.argv."""
-    from src.config import UserError, run_script
-
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     scripts = list_scripts()
     if name in ("-h", "--help"):
@@ -97,8 +88,6 @@ def run() -> int | None:
 
 def main() -> typing.NoReturn:
     """The console script `atelier`."""
-    from src.config import run_script
-
     run_script(run)
 
 

@@ -1,7 +1,6 @@
 """Draw from a run in Python: atelier.from_pretrained gives what was trained, ready to draw."""
 
 from . import threads  # noqa: F401, I001 (before torch, which reads it at its start)
-import argparse
 import operator
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from .config.sizes import Sides, sides_of
 from .runs.opened import Opened, open_trained
 from .runtime.failures import explain_out_of_memory
 from .runtime.launch import start_sampling
-from .sampling.conditions import read_given
-from .sampling.config import SamplerConfig, count_for_classes
+from .sampling.config import SamplerConfig
 from .sampling.files import batches_by_shape
-from .sampling.sampler import Sampler, build_sampler, random_labels
+from .sampling.plan import DrawRequest, Plan, plan_samples
+from .sampling.sampler import Sampler, build_sampler
 from .storage.hub import forget
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class Pretrained:
         of a sampler: solver, steps, spacing, eta, guidance, guidance_interval, guide_with and the others of `SamplerConfig`.
         A UserError says what does not fit.
         """
-        opened, names = self.opened, self.class_names
+        opened = self.opened
         if opened.condition is not None and condition is None:
             raise UserError(f"{opened.path} draws from images ({opened.condition.kind}): give condition, a file or a folder")
         text = None if classes is None else classes if isinstance(classes, str) else self._join(classes)
@@ -71,43 +70,32 @@ class Pretrained:
         spec = validate(SamplerConfig, listed, origin="draw")
         if spec.guided and spec.guidance_method == "classifier":
             raise UserError("guidance by a classifier is for sample.py, which takes --classifier RUN; draw guides without one")
+        request = DrawRequest(
+            run=str(opened.path),
+            spec=spec,
+            num_samples=num_samples,
+            classes=text,
+            size=None if size is None else "x".join(map(str, sides_of(size))),
+            seed=seed,
+            condition=None if condition is None else str(condition),
+        )
         opened = opened if size is None else opened.at_size(sides_of(size))
         sampler = build_sampler(opened, spec, condition_guidance=condition_guidance)
-        values, count, labels = None, num_samples, None
-        if condition is not None:
-            options = {"run": opened.path, "low": None, "truth": None, "mask": None, "then": None, "condition_noise": 0.0}
-            given = argparse.Namespace(**options, condition=str(condition), num_samples=num_samples, seed=seed, size=size)
-            values, _, labels, _ = read_given(opened, given)
-            count = given.num_samples
-        count = count_for_classes(16, text, names) if count is None else count
-        if text is not None:
-            labels = opened.labels(text, count)
-        elif labels is None and values is not None:
-            opened.no_class()  # nobody knows the class of what is drawn from a given image
-        elif labels is None and names:
-            labels = random_labels(seed, range(count), len(names))
-        return self._draw(sampler, seed, count, batch_size, labels, values)
+        return self._draw(sampler, seed, batch_size, plan_samples(opened, sampler, request.arguments))
 
-    def _draw(
-        self,
-        sampler: Sampler,
-        seed: int,
-        count: int,
-        batch_size: int,
-        labels: Sequence[int] | None,
-        values: Sequence[torch.Tensor] | None,
-    ) -> "list[Image.Image]":
+    def _draw(self, sampler: Sampler, seed: int, batch_size: int, plan: Plan) -> "list[Image.Image]":
         """The images in their order; those of one shape are drawn together."""
+        values = plan.condition
         shapes = [(sampler.shape[0], *each.shape[1:]) for each in values or ()] if self.opened.buckets else []
         images = dict[int, "Image.Image"]()
         with explain_out_of_memory(batch_size, batch_size, key="batch_size"):
-            for batch in batches_by_shape(shapes, count, batch_size):
-                classes = [labels[i] for i in batch] if labels is not None else None
+            for batch in batches_by_shape(shapes, plan.count, batch_size):
+                labels = [plan.labels[i] for i in batch] if plan.labels is not None else None
                 given = torch.stack([values[i] for i in batch]) if values is not None else None
                 shaped = sampler.at_shape(shapes[batch[0]]) if shapes else sampler
-                x = shaped.draw(seed, batch, classes, device=self.device, batch_size=batch_size, condition=given)
+                x = shaped.draw(seed, batch, labels, device=self.device, batch_size=batch_size, condition=given)
                 images |= {i: figures.to_image(pixels) for i, pixels in zip(batch, figures.to_uint8(x), strict=True)}
-        return [images[i] for i in range(count)]
+        return [images[i] for i in range(plan.count)]
 
     def _join(self, classes: Any) -> str:
         """Classes as one text. A number, of NumPy and torch too, is that of a class, also where a class has a number for its

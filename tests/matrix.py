@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The quick tests on each Python that this machine has: `make matrix`. Needs uv, and gigabytes of disk for each Python.
 
-  python tests/matrix.py [--python 3.12] [--keep]
+  python tests/matrix.py [--python 3.12] [--keep DIR]
 
 Each Python from 3.11 to 3.14 gets an environment of its own in a temporary folder, with what pyproject.toml asks for, and runs
 the tests that start no other process. At the end a table says of each: passed, failed, no such Python here, or what could not

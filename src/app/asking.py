@@ -1,72 +1,12 @@
-"""What a visitor asks for, in the words of the scripts: the page draws what `python sample.py ...` draws with them."""
+"""What the fields of the page say, as the arguments of the scripts."""
 
-import argparse
-import dataclasses
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from ..config import UserError
 from ..data.names import parse_classes
-from ..sampling.config import SamplerConfig, sampler_words
 
 MOST_IMAGES = 64  # of one job
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DrawRequest:
-    """The arguments of sample.py that the page knows, with the defaults that they have there. `run` is a path as the script
-    takes it, `spec` the sampler."""
-
-    run: str
-    spec: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
-    num_samples: int | None = None
-    batch_size: int = 16
-    classes: str | None = None
-    size: str | None = None
-    seed: int = 0
-    frames: bool = False
-    image: str | None = None
-    start_at: int = 0
-    mask: str | None = None
-    resamplings: int = 1
-    condition: str | None = None
-    then: str | None = None
-    condition_guidance: float = 1.0
-    condition_noise: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**64:
-            raise UserError("the seed goes from 0 to 2^64 - 1")
-        if (self.num_samples is not None and self.num_samples < 1) or self.resamplings < 1:
-            raise UserError("the number of images and of resamplings is at least 1")
-
-    @property
-    def arguments(self) -> argparse.Namespace:
-        """As sample.py reads them, without those of the sampler."""
-        others = {"low": None, "truth": None, "source": None, "classifier": None}
-        return argparse.Namespace(**{key.name: getattr(self, key.name) for key in dataclasses.fields(self)}, **others)
-
-    @property
-    def words(self) -> list[str]:
-        """The arguments of `python sample.py`: number, batch size, seed and sampler always, the others where they are not the
-        default."""
-        words = [self.run]
-        for key in dataclasses.fields(self):
-            value, option = getattr(self, key.name), f"--{key.name.replace('_', '-')}"
-            if key.name in ("run", "spec") or (value == key.default and key.name not in ("seed", "batch_size")):
-                continue
-            words += [option] if value is True else [option, str(value)]
-        return [*words, *sampler_words(self.spec)]
-
-    def command(self, device: str | None = None) -> str:
-        """The whole command, as a shell takes it. `device` is named where it is not the best that there is."""
-        return command_line("sample.py", [*self.words, *(["--device", device] if device is not None else [])])
-
-
-def command_line(script: str, words: Sequence[str]) -> str:
-    """A command as a shell takes it."""
-    return shlex.join(["python", script, *words])
 
 
 def parse_shares(text: str | None, count: int) -> list[int]:

@@ -17,8 +17,9 @@ from ..sampling.config import sampler_words
 from ..sampling.edit import at_size, encode_images, no_start
 from ..sampling.files import SINGLE, read_pixels
 from ..sampling.paths import inverted, plan_frames, write_frames
+from ..sampling.plan import command_line
 from ..sampling.sampler import random_labels
-from .asking import command_line, join_classes, whole
+from .asking import join_classes, whole
 from .controls import (
     QUEUE,
     Page,

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..config import UserError
-from .asking import DrawRequest, divisible, join_classes, whole
-from .controls import QUEUE, Page, ResultFields, in_one_line, read_sampler, seed_field, show_job, stop_button
+from ..sampling.plan import DrawRequest
+from .asking import divisible, join_classes, whole
+from .controls import QUEUE, Page, ResultFields, in_one_line, read_sampler, seed_field, show_job, solver_field, stop_button
 from .drawing import MOST_STEPS, compare_images
 
 MOST_PANELS = 36
@@ -78,7 +79,7 @@ def build_compare_tab(page: Page) -> None:
         count = gr.Number(4, label="Images of each", precision=0, minimum=1, maximum=16, min_width=90)
         seed = seed_field()
         classes = gr.Textbox(label="Classes", placeholder="as they come; or names with commas", min_width=160)
-        solver = build_solver()
+        solver = solver_field()
     with gr.Row():
         steps = gr.Textbox("25", label="Steps", info="several: 5, 10, 25", min_width=120)
         guidance = gr.Textbox("1", label="Guidance", info="several: 1, 2, 4", min_width=120)
@@ -99,12 +100,3 @@ def build_compare_tab(page: Page) -> None:
     inputs = [runs, classes, count, seed, solver, steps, guidance]
     event = compare.click(handle, inputs, list(results), api_name="compare", **QUEUE)
     stop.click(None, cancels=[event], queue=False)
-
-
-def build_solver() -> Any:
-    """The field of the solver."""
-    import gradio as gr
-
-    from ..diffusion import SOLVERS
-
-    return gr.Dropdown(list(SOLVERS), value="ddim", label="Solver", min_width=120)

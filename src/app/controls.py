@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +130,7 @@ class SamplerFields(NamedTuple):
         import gradio as gr
 
         with gr.Row():
-            solver = gr.Dropdown(list(SOLVERS), value="ddim", label="Solver", min_width=120)
+            solver = solver_field()
             steps = gr.Number(25, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=90)
             spacing = gr.Dropdown(list(SPACINGS), value="even", label="Spacing of the steps", min_width=120)
         with gr.Row():
@@ -198,6 +198,13 @@ def seed_field(label: str = "Seed", default: int = 0) -> Any:
     import gradio as gr
 
     return gr.Number(default, label=label, precision=0, minimum=0, maximum=2**53 - 1, min_width=90)
+
+
+def solver_field(names: Sequence[str] = tuple(SOLVERS), default: str = "ddim") -> Any:
+    """The field of a solver."""
+    import gradio as gr
+
+    return gr.Dropdown(list(names), value=default, label="Solver", min_width=120)
 
 
 class ResultFields(NamedTuple):

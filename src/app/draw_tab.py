@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from .asking import MOST_IMAGES, DrawRequest, divisible, join_classes, whole
+from ..sampling.plan import DrawRequest
+from .asking import MOST_IMAGES, divisible, join_classes, whole
 from .controls import (
     QUEUE,
     Page,

@@ -19,8 +19,7 @@ from ..sampling import Sampler, build_sampler
 from ..sampling.cascade import open_upsampler, sampler_of, write_larger
 from ..sampling.edit import at_size
 from ..sampling.files import SINGLE, columns_for, read_pixels, write_samples
-from ..sampling.plan import Plan, plan_samples
-from .asking import DrawRequest
+from ..sampling.plan import DrawRequest, Plan, plan_samples
 from .device import Device
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import UserError
-from .asking import DrawRequest, divisible, join_classes, whole
+from ..sampling.plan import DrawRequest
+from .asking import divisible, join_classes, whole
 from .controls import (
     QUEUE,
     Page,

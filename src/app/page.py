@@ -172,7 +172,7 @@ def add_reports(app: Any, places: Places) -> None:
             return PlainTextResponse("log in first", status_code=401)
         name = request.path_params["name"]
         path = Path(name) / REPORT
-        if name not in places.names() or not path.is_file() or not is_inside(Path(name), path):
+        if not places.has(name) or not path.is_file() or not is_inside(Path(name), path):
             return PlainTextResponse("there is no report of such a run", status_code=404)
         headers = {"Content-Security-Policy": "sandbox allow-scripts", "Cache-Control": "no-cache"}
         return FileResponse(path, media_type="text/html", headers=headers)

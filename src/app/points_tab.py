@@ -16,10 +16,11 @@ from ..runs.opened import Opened
 from ..sampling import Sampler, SamplerConfig, build_sampler
 from ..sampling.files import write_animation
 from ..sampling.paths import move_points
+from ..sampling.plan import DrawRequest, command_line
 from ..sampling.sampler import random_labels
 from ..storage.files import numpy_bytes, write_whole
-from .asking import DrawRequest, command_line, whole
-from .controls import QUEUE, Page, ResultFields, in_one_line, seed_field, show_job, stop_button
+from .asking import whole
+from .controls import QUEUE, Page, ResultFields, in_one_line, seed_field, show_job, solver_field, stop_button
 from .device import Device
 from .drawing import Result, Show
 from .edit_tab import paint_of
@@ -131,7 +132,7 @@ def build_points_tab(page: Page) -> None:
                 count = gr.Number(3000, label="Points", precision=0, minimum=10, maximum=MOST_POINTS, min_width=90)
                 seed = seed_field()
             with gr.Row():
-                solver = gr.Dropdown(invertible_solvers(), value="euler", label="Solver", min_width=120)
+                solver = solver_field(invertible_solvers(), "euler")
                 steps = gr.Number(30, label="Steps", precision=0, minimum=1, maximum=200, min_width=90)
             with gr.Row():
                 move = gr.Button("Move", variant="primary", min_width=120, elem_id="points-button")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import UserError
+from ..config import PACKAGE, SCRIPTS, UserError
 from ..config.packages import ask_for
 from ..data.names import join_names
 from ..report.card import draws_from_noise
@@ -50,8 +50,6 @@ def write_space(out: Path, run: str, device: torch.device) -> list[Path]:
         raise UserError(f"{out} is there already; give another --export, or remove it")
     ask_for("a Space (app.py --export)", "gradio")
     opened = open_run(run, device)
-    root = Path(__file__).resolve().parents[1]
-    scripts = root / "scripts" if (root / "scripts").is_dir() else root.parent  # of the installed package, or of a clone
     name = run_name(run)
     if isinstance(opened, Opened) and not opened.gaussian:
         raise UserError(
@@ -71,8 +69,8 @@ def write_space(out: Path, run: str, device: torch.device) -> list[Path]:
                 shutil.copy(content, path)
         if draws_from_noise(shared.config):  # other previews show images of the data
             copy_preview(shared.directory, out / "runs" / name)
-    shutil.copytree(root, out / "src", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "scripts"))
-    shutil.copy(scripts / "app.py", out / "app.py")
+    shutil.copytree(PACKAGE, out / "src", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "scripts"))
+    shutil.copy(SCRIPTS / "app.py", out / "app.py")
     (out / "requirements.txt").write_text("".join(f"{package}\n" for package in PACKAGES), encoding="utf-8")
     (out / "README.md").write_text(render_card(opened, name), encoding="utf-8")
     (out / ".gitattributes").write_text("".join(f"*.{ending} {LARGE}\n" for ending in ("safetensors", "pt")))

@@ -18,6 +18,8 @@ from .json_files import parse_json, quoted, read_json, read_text
 from .script import (
     FORBIDDEN,
     FULL,
+    PACKAGE,
+    SCRIPTS,
     CommandLine,
     UserError,
     prefix_errors,

@@ -21,11 +21,15 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line that says what is wrong and what to do. Ends a script with status 2."""
 
 
+# The folder of the scripts and of configs/: in the installed package, or a clone.
+PACKAGE = Path(__file__).resolve().parent.parent
+INSTALLED = (PACKAGE / "scripts").is_dir()
+SCRIPTS = PACKAGE / "scripts" if INSTALLED else PACKAGE.parent
+
+
 def script_command(script: Path) -> list[str]:
     """What starts a script: Python with its path, or where the package is installed without a clone, the command `atelier`."""
-    if script.parent.name == "scripts" and not (script.parent / "src").is_dir():  # beside the package, where `src` is not found
-        return [sys.executable, "-m", "atelier", script.stem]
-    return [sys.executable, str(script)]
+    return [sys.executable, *(["-m", "atelier", script.stem] if INSTALLED and script.parent == SCRIPTS else [str(script)])]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 from ..config import UserError, dump
 from ..config.packages import is_installed
 from ..runtime.checkpoint import count_spared
-from ..storage.downloads import is_hub_name
+from ..storage.downloads import is_on_hub
 from ..storage.files import size
 from ..training.dry_run import planned_stages
 from ..training.ema import WIDTHS
@@ -66,7 +66,7 @@ def starts_from(cfg: Any, bucket: str | None = None) -> Verdict:
     for key, name in starts(cfg, fresh=True).items():
         if key == "autoencoder":
             continue
-        if not Path(name).expanduser().exists() and "/" in name and is_hub_name(name) and not _in_bucket(bucket, name):
+        if is_on_hub(name) and not _in_bucket(bucket, name):
             lines.append(f"{name}: of the hub, not tried")
             continue
         try:
@@ -96,7 +96,7 @@ def autoencoder(cfg: Any, bucket: str | None = None) -> Verdict:
     from ..runs.autoencoder import open_autoencoder
 
     name = cfg.autoencoder
-    if "/" in name and is_hub_name(name) and not Path(name).exists():
+    if is_on_hub(name):
         return Verdict("skip", f"{name}: of the hub, not tried")
     try:
         open_autoencoder(name, torch.device("cpu"))

@@ -45,10 +45,10 @@ def export(
     for latents (the folder has their autoencoder in `vae`) and for the blend (it has the UNet2DModel, its head negated, and a
     FlowMatchEulerDiscreteScheduler): for these the folder has one of its own, `pipeline.py`. A network of images that is fed
     another time than 1000 t leaves as a UNet2DModel alone. `process.json` and `classes.json` keep what diffusers has no place
-    for. `data` is the data.json of the run. `latents` are the facts of a
-    latent run (shape, and mean, std, low, high for each channel), and `autoencoder` the files of an AutoencoderKL whose
-    latents, by its scaling_factor and shift_factor, are the normalised ones that the U-Net sees. A UserError names the option
-    that a UNet2DModel or the schedulers lack, before anything is written.
+    for. `data` is the data.json of the run. `latents` are the facts of a latent run (shape, and mean, std, low, high for each
+    channel), and `autoencoder` the files of an AutoencoderKL whose latents, by its scaling_factor and shift_factor, are the
+    normalised ones that the U-Net sees. A UserError names the option that a UNet2DModel or the schedulers lack, before
+    anything is written.
     """
     unet = unet2d_config(network, image_size=image_size if latents is None else tuple(latents["shape"][1:]))
     scheduler = scheduler_config(spec)

@@ -24,8 +24,8 @@ MEASURED = re.compile(r"evaluation_(?!sweep_|class_)\w+|frechet_\w+|held_out_[a-
 
 def push_run(path: str | Path, name: str, *, private: bool = False, shown: bool = True) -> Pushed:
     """Push the EMA weights of a run, a checkpoint or a final folder to OWNER/NAME[@BRANCH] of the hub, with what opens them,
-    previews and a card. Its progress is `shown`, or not. A UserError where there are no whole weights, or
-    the hub does not take them."""
+    previews and a card. Its progress is `shown`, or not. A UserError where there are no whole weights, or the hub does not
+    take them."""
     run = share_run(path)
     step, sheets = find_previews(run)
     card = make_card(run, name, step, sheets)
@@ -83,6 +83,7 @@ def make_card(run: SharedRun, name: str, preview_step: int, sheets: Mapping[str,
         for_diffusers=f"python convert.py to-diffusers {name} --out FOLDER" if convertible or "stages" in config else "",
         data=_describe_data(facts, things),
         things=things,
+        starts_from_drawing=(facts.get("source") or {}).get("density") is not None,
         classes=", ".join(_escaped(label) for label in classes[:CLASSES])
         + (f" and {len(classes) - CLASSES} more" if len(classes) > CLASSES else ""),
         numbers=_numbers(read_lines(run.directory / "metrics.jsonl"), run.step),

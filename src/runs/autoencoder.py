@@ -17,7 +17,7 @@ from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
 from ..runtime.checkpoint import check_whole, digest_of, load_weights, newest, read_tensors, verify_checkpoint, write_folder
 from ..runtime.seeds import normal
-from ..storage.downloads import hub_name_of_url, is_hub_name
+from ..storage.downloads import hub_name_of_url, is_on_hub
 from ..storage.hub import is_run, local_path
 from ..storage.networks import few
 from .diffusers_autoencoder import KL_NAME, autoencoder_from_config, exported_autoencoder, load_autoencoder
@@ -148,8 +148,8 @@ def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencoder:
     """The autoencoder that a config names; where it is gone, the one that the latent run `run_dir` keeps. Where the hub has it,
     the run keeps to the one that it began with, whatever is pushed there meanwhile."""
-    kept_document, on_hub = run_dir / "autoencoder" / "autoencoder_config.json", "/" in name and is_hub_name(name)
-    if on_hub and not Path(name).exists() and kept_document.exists() and read_json(kept_document)["path"] == name:
+    kept_document = run_dir / "autoencoder" / "autoencoder_config.json"
+    if is_on_hub(name) and kept_document.exists() and read_json(kept_document)["path"] == name:
         return kept_autoencoder(run_dir, device)
     try:
         autoencoder = open_autoencoder(name, device)
@@ -174,7 +174,7 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """Open a finished run of train_vae.py (or one of its checkpoints), or an autoencoder of diffusers: a folder or a hub name.
     A UserError says what is missing, unfinished or of another kind."""
     path = Path(name).expanduser()
-    on_hub = not path.exists() and "/" in name and is_hub_name(name)
+    on_hub = is_on_hub(name)
     if on_hub:
         with prefix_errors(f"autoencoder {name} is no folder here"):
             path = local_path(name) if is_run(name) else path

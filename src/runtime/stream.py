@@ -200,8 +200,7 @@ def latent_stream(
     augmentation: AugmentationConfig | None = None,
 ) -> Iterator[MicroBatch]:
     """The stream of a latent cache: `images` are moments (B, 2, D, h, w) on its device, and `condition` the copies
-    (B, n, K, h, w) of the `conditions`. `flip` mirrors half of
-    them, and of augmented ones a copy is chosen."""
+    (B, n, K, h, w) of the `conditions`. `flip` mirrors half of them, and of augmented ones a copy is chosen."""
     plain, copies = 1 + flip, augmentation.copies if augmentation is not None else 1
     for step, part in order.parts(start_step):
         indices = order(step, part)

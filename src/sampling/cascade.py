@@ -1,6 +1,6 @@
 """Cascades: what one run draws, made larger by an upsampler (Ho et al. 2021, arXiv:2106.15282)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ..storage.blocks import Ranks
 from .conditions import Conditioned, read_conditions
 from .config import SamplerConfig
 from .edit import load_low
-from .files import Watcher, write_samples
+from .files import Watch, write_samples
 from .sampler import Sampler, build_sampler
 
 
@@ -43,7 +43,7 @@ def write_larger(
     batch_size: int,
     device: torch.device,
     ranks: Ranks,
-    watch: Callable[[Sequence[int], Sampler], Watcher] | None = None,
+    watch: Watch | None = None,
 ) -> list[Path]:
     """Make the samples of the folder larger, into its subfolder `larger`. `class_names` are those of the samples, in order;
     an upsampler that does not know one of them draws without a class. `level` is that of the noise on the samples."""

@@ -141,6 +141,9 @@ class Watcher(Protocol):
     def finish(self, images: Tensor) -> None: ...
 
 
+Watch = Callable[[Sequence[int], Sampler], Watcher]  # of the numbers of a batch's images, and its sampler
+
+
 class Frames:
     """A callback that keeps at most 60 frames of the images `chosen` of a batch."""
 
@@ -202,7 +205,7 @@ def write_samples(
     upscale: Callable[[Tensor], Tensor] | None = None,
     npz: bool = False,
     request: dict[str, Any] | None = None,
-    watch: Callable[[Sequence[int], Sampler], Watcher] | None = None,
+    watch: Watch | None = None,
 ) -> list[Path]:
     """Draw `count` images into `out`: PNGs, metadata.json, grid.png, and with `frames` the denoising GIF. Gives their paths.
 

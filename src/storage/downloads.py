@@ -115,6 +115,11 @@ def is_hub_name(name: str) -> bool:
     return "/" not in name or not Path(name).parent.exists()
 
 
+def is_on_hub(name: str | Path) -> bool:
+    """Whether a name means no path here and may be a run on the hub, OWNER/NAME[@REVISION]."""
+    return not Path(name).expanduser().exists() and "/" in split_revision(str(name))[0] and is_hub_name(str(name))
+
+
 def hub_name_of_url(address: str) -> str | None:
     """The name OWNER/NAME in the address of a page of the hub; None for anything else."""
     match = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", address)

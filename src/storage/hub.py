@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..config import UserError, config, prefix_errors, resumable_field
-from .downloads import UNREACHED, HubFailure, first_line, from_hub, is_hub_name, quiet_hub, split_revision
+from .downloads import UNREACHED, HubFailure, first_line, from_hub, is_on_hub, quiet_hub, split_revision
 from .files import as_json, write_whole
 from .locks import folder_lock
 
@@ -50,7 +50,7 @@ def local_path(name: str | Path) -> Path:
     in the hub's cache with the files of the run OWNER/NAME[@REVISION]. One process of a machine fetches them and the others
     wait. A UserError says why the hub does not give them."""
     path, name = Path(name), Path(name).as_posix()
-    if path.exists() or "/" not in split_revision(name)[0] or not is_hub_name(name):
+    if not is_on_hub(name):
         return path
     if name not in _brought or not _brought[name].is_dir():
         with prefix_errors(f"{name}: there is no such run or checkpoint here"):
@@ -75,26 +75,28 @@ def _bring(name: str) -> Path:
 
     repo, _ = split_revision(name)
     place = Path(HF_HUB_CACHE) / ".locks" / f"models--{repo.replace('/', '--')}"
-    is_launched = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
     launch, marker = _launch(), place.with_name(f".{place.name}.launch.json")
     with folder_lock(place):
-        known = _read(marker) if is_launched else {}
-        commits = known.get("commits", {}) if known.get("launch") == launch else {}
+        known = _read(marker)
+        commits = known.get("commits", {}) if launch is not None and known.get("launch") == launch else {}
         folder = from_hub(f"{repo}@{commits[name]}" if name in commits else name, [MANIFEST])
         version, listed = f"{repo}@{folder.name}", _read(folder / MANIFEST).get("files")
         if isinstance(listed, dict):
             from_hub(version, [MANIFEST, *listed])
         else:  # no run of this project: its JSON files say what it is
             from_hub(version, ["*.json"])
-        if is_launched:
+        if launch is not None:
             write_whole(marker, as_json({"launch": launch, "commits": {**commits, name: folder.name}}))
     return folder
 
 
-def _launch() -> str:
-    """What only the processes of one launch on this machine have in common."""
+def _launch() -> str | None:
+    """What only the processes of one launch on this machine have in common; None of a process that no launcher started, or one
+    that cannot see its launcher, as in a container of its own."""
     import psutil
 
+    if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1") or not psutil.pid_exists(os.getppid()):
+        return None
     parent = psutil.Process(os.getppid())
     return f"{platform.node()} {parent.pid} {parent.create_time()} {os.environ.get('MASTER_PORT')}"
 

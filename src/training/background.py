@@ -2,6 +2,7 @@
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ RETRY_SECONDS = 60.0
 LAST_RETRY_SECONDS = 10.0  # between the last attempts, when the run has ended
 
 
-class Background:
+class Background(ABC):
     """A thread that brings the newest checkpoint of a run to the place `where`, as `_put` of a subclass does it.
 
     A failure is reported once, and what failed is tried again; it never ends the run. `pinned` checkpoints must stay here.
@@ -31,7 +32,6 @@ class Background:
         self._back = False  # the run went back to the next one: newer ones there are void
         self._closing = self._is_last = False
         self._failed: str | None = None
-        self._is_done = False  # whether the thread came to its end as it should
         self._thread = threading.Thread(target=self._work, name=type(self).__name__, daemon=True)
         self._thread.start()
 
@@ -52,10 +52,9 @@ class Background:
         """Push what is left, as long as that takes, or say how to push it later; gives whether all is there."""
         self.begin_close()
         self._thread.join()
-        failed = self._failed if self._is_done else self._failed or "its thread has ended"
-        if (line := self._last_line(failed)) is not None:
+        if (line := self._last_line(self._failed)) is not None:
             self.say(line)
-        return failed is None
+        return self._failed is None
 
     def begin_close(self) -> None:
         """Let it push what is left, without waiting for it."""
@@ -63,13 +62,13 @@ class Background:
             self._closing = True
             self._condition.notify()
 
+    @abstractmethod
     def _put(self, step: str | None, back: bool) -> None:
         """Bring the checkpoint of this name there, and what belongs to it; `_is_last` says that the run has ended."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _last_line(self, failed: str | None) -> str | None:
         """What is said at the end: that all is there, or, with the reason why not, how to bring it later."""
-        raise NotImplementedError
 
     def _work(self) -> None:
         closing, attempts, waits = False, self.last_attempts, not self.starts_at_once
@@ -83,7 +82,7 @@ class Background:
             failed = None
             try:
                 self._put(self._now, back)
-            except BaseException as error:  # whatever it is, training goes on
+            except BaseException as error:  # what a library written in another language raises, too: training goes on
                 failed = str(error) or type(error).__name__
             with self._condition:
                 self._failed = failed
@@ -97,4 +96,3 @@ class Background:
             if closing and failed is not None and attempts > 1:
                 closing, attempts = False, attempts - 1
                 time.sleep(LAST_RETRY_SECONDS)
-        self._is_done = True

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from src.app.asking import DrawRequest
 from src.app.between_tab import Way, copy_images, draw_between, read_way
 from src.app.compare_tab import list_weights, parse_sweep, read_panels
 from src.app.controls import Page, explain, in_one_line, read_sampler, show_job
@@ -25,6 +24,7 @@ from src.app.edit_tab import HINTS, given_files, named, paint_of, read_edit, sav
 from src.app.places import Places
 from src.config import UserError, validate
 from src.sampling import SamplerConfig
+from src.sampling.plan import DrawRequest
 from tests.conftest import run_here
 
 SAMPLER = ("ddim", 3, "even", 1.0, None)

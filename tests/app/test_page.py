@@ -26,7 +26,7 @@ from src.app.page import MOST_UPLOAD, build_page, check_port
 from src.app.places import Places
 from src.app.space import PACKAGES, render_card, write_space
 from src.config import UserError
-from src.runs.opened import open_run
+from src.runs.opened import Opened, open_run
 from tests.app.conftest import closed_loops, served
 from tests.conftest import ROOT, environment, launch, one_line, refused
 
@@ -258,3 +258,10 @@ def test_a_space_needs_packages_that_the_project_names() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     known = {line.split(">=")[0] for line in project["dependencies"]}
     assert set(PACKAGES) <= known and project["optional-dependencies"]["app"] == ["gradio>=6.0"]
+
+
+def test_a_run_that_starts_from_images_is_no_space(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Opened, "gaussian", property(lambda run: False))
+    with pytest.raises(UserError, match="runs/shapes starts from images, not from noise, and no image travels with a Space"):
+        write_space(tmp_path / "space", "runs/shapes", CPU)
+    assert not (tmp_path / "space").exists()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from src.app.asking import DrawRequest, divisible, join_classes, parse_shares, whole
+from src.app.asking import divisible, join_classes, parse_shares, whole
 from src.app.places import NEWEST, Facts, Places, kind_of_run, read_facts
 from src.config import UserError, dump, validate
 from src.sampling import SamplerConfig
 from src.sampling.config import sampler_config, sampler_words
+from src.sampling.plan import DrawRequest
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from src.app.asking import DrawRequest
 from src.app.device import Device
 from src.app.points_tab import CELLS, EXTENT, TRAIN, DrawnDensity, drawing_of, drawn_sampler, move_drawing, move_run
 from src.config import UserError, load, validate
 from src.diffusion.mixture import mixture_estimate
 from src.sampling import SamplerConfig
 from src.sampling.paths import move_points
+from src.sampling.plan import DrawRequest
 from tests.conftest import ROOT, run_here
 from tests.test_house import train_iadb
 

@@ -1,6 +1,7 @@
 """The transfer to and from the hub: what arrives, what is kept there, and the line where it fails."""
 
 import json
+import os
 import re
 import socket
 import time
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from src.config import UserError
 from src.storage import downloads
-from src.storage.downloads import from_hub, is_hub_name, split_revision
+from src.storage.downloads import from_hub, is_hub_name, is_on_hub, split_revision
 from src.storage.hub import HubConfig, forget, is_signed, local_path, push_files, sign
 from tests.hub_server import LARGE, READS_ONLY, TOKEN, HubServer
 
@@ -37,6 +38,9 @@ def test_names() -> None:
     assert split_revision("me/cats") == ("me/cats", None) and split_revision("me/cats@refs/pr/1") == ("me/cats", "refs/pr/1")
     names = {"me/cats": True, "me/cats@v1": True, "me/cats@refs/pr/1": True, "runs/cats": False, "a/b/c": False, "./a": False}
     assert {name: is_hub_name(name) for name in names} == names
+    assert (
+        is_on_hub("me/cats@refs/pr/1") and not is_on_hub("cats") and not is_on_hub("cats@a/b") and not is_on_hub("tests/data")
+    )
     assert HubConfig(repo="me/cats", revision="v1").name == "me/cats@v1" and HubConfig(repo="me/cats").name == "me/cats"
     for name in ("cats", "me/cats/x", "/me/cats", "me/ca ts"):
         with pytest.raises(ValidationError):
@@ -206,3 +210,24 @@ def test_a_name_is_asked_for_anew_when_it_is_forgotten(hub: HubServer) -> None:
     assert local_path("me/cats") == first
     forget("me/cats")
     assert local_path("me/cats") != first
+
+
+def test_only_the_processes_of_one_launch_share_a_version(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process alone asks for what is there now, and so does one whose launcher is out of sight, as in a container."""
+    push()
+
+    def as_another_process() -> str:
+        forget("me/cats")
+        return local_path("me/cats").name
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = as_another_process()
+    push(card=CARD + "more\n")
+    assert as_another_process() == first, "another rank of the launch"
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    newest = as_another_process()
+    assert newest != first
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert as_another_process() == newest
