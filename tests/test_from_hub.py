@@ -70,7 +70,9 @@ def test_what_cannot_be_pushed_is_said_in_one_line(
     hub: HubServer, shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "cats is no name on the Hugging Face hub, which is OWNER/NAME" in refused("convert", "push", shapes, "cats")
-    assert "there is no such run or checkpoint" in refused("convert", "push", tmp_path / "none", "me/cats")
+    assert f"{tmp_path / 'none'}: there is no such run or checkpoint" in refused(
+        "convert", "push", tmp_path / "none", "me/cats"
+    )
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoint" in refused("convert", "push", tmp_path / "empty", "me/cats")
     (tmp_path / "weights.pt").write_bytes(b"")

@@ -32,7 +32,8 @@ def share_run(path: str | Path) -> SharedRun:
     there are no whole weights, or where they open nowhere else."""
     place = local_path(path)
     refuse(path, {"is one file; give the run, a checkpoint or a final folder": place.is_file()})
-    refuse(path, {": there is no such run or checkpoint": not place.is_dir()})
+    if not place.is_dir():
+        raise UserError(f"{path}: there is no such run or checkpoint")
     folder = find_weights_folder(place)
     config, facts, progress = (read_json(folder / f"{name}.json") for name in ("config", "data", "progress"))
     if facts.get("network") == "python":

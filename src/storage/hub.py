@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..config import UserError, config, prefix_errors, resumable_field
+import pydantic
+
+from ..config import UserError, config, config_error, prefix_errors, resumable_field
 from .downloads import UNREACHED, HubFailure, first_line, from_hub, is_on_hub, quiet_hub, split_revision
 from .files import as_json, write_whole
 from .locks import folder_lock
@@ -29,10 +32,17 @@ class HubConfig:
     Hugging Face hub (OWNER/NAME), at the `end` or also at each `checkpoint`; its data never is. A repository that is missing is
     made, `private` or as the hub does it by default. `revision` is a branch, main by default."""
 
-    repo: str = resumable_field(pattern=f"^{NAME}$")
+    repo: str = resumable_field()
     every: Literal["checkpoint", "end"] = resumable_field("end")
     private: bool = resumable_field(False)
     revision: str | None = resumable_field(None, pattern=r"^[\w./-]+$")
+
+    @pydantic.field_validator("repo")
+    @classmethod
+    def _is_a_name(cls, repo: str) -> str:
+        if re.fullmatch(NAME, repo) is None:
+            raise config_error(f"give OWNER/NAME, the name of a repository on the Hugging Face hub, not {repo!r}")
+        return repo
 
     @property
     def name(self) -> str:

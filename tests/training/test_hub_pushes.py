@@ -190,7 +190,7 @@ def test_a_run_may_go_to_the_hub_later_too() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ('{"repo": "cats"}', "hub.repo"),
+        ('{"repo": "cats"}', "hub.repo: give OWNER/NAME, the name of a repository on the Hugging Face hub, not 'cats'"),
         ('{"repo": "me/cats", "token": "hf_secret"}', "hub.token: unknown key"),
         ('{"repo": "me/cats", "every": "hour"}', "hub.every"),
         ("me/cats", "hub"),
